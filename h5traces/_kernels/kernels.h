@@ -18,7 +18,7 @@
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
-/* A body that is compiled twice: for every processor, and for x86 with AVX2, BMI2 and F16C. NEON
+/* A body that is compiled twice: for every processor, and for x86 with AVX2, BMI2, LZCNT and F16C. NEON
  * belongs to every 64-bit ARM, so compilers use it there without being asked. */
 #if defined(__x86_64__)
 #define HAS_WIDE 1

@@ -79,7 +79,7 @@ def form_of(
 
 
 class StoredObject(NamedTuple):
-    """A group or dataset of a sample; `digest` is None where there is no valid one."""
+    """A group or dataset of a sample; `digest` is None if it has no valid one."""
 
     path: str
     form: ObjectForm

@@ -96,15 +96,13 @@ def decode(
 
 # What the restoration of a layer depends on, but for its stored type and the values of its scale.
 _DECIDING: Final = (
-    *(
-        "encoding",
-        "encoding_version",
-        "restored_dtype",
-        "levels",
-        "scales",
-        "spacing",
-        "zero_point",
-    ),
+    "encoding",
+    "encoding_version",
+    "restored_dtype",
+    "levels",
+    "scales",
+    "spacing",
+    "zero_point",
 )
 
 

@@ -145,10 +145,13 @@ def store_arrays(arrays: Sequence[Storing], *, looks_back: bool = False) -> list
     With `looks_back`, what was encoded is decoded and compared with the array.
     """
     if NATIVE is None:
-        return [
-            _looked_back(each, _stored_plainly(each)) if looks_back else _stored_plainly(each)
-            for each in arrays
-        ]
+        stored = [*map(_stored_plainly, arrays)]
+    else:
+        stored = _stored_by_kernels(arrays, looks_back=looks_back)
+    return [*map(_looked_back, arrays, stored)] if looks_back else stored
+
+
+def _stored_by_kernels(arrays: Sequence[Storing], *, looks_back: bool) -> list[Stored]:
     chunks, items = [], []
     for values, dtype, codec, counted in arrays:
         carrier, shape = values.dtype, values.shape
@@ -164,8 +167,7 @@ def store_arrays(arrays: Sequence[Storing], *, looks_back: bool = False) -> list
         if kind >= 0:
             items.append((counted.values, 0, b"", kind))
     found = iter(NATIVE.store(tuple(items), looks_back))
-    stored = [_stored(*each, found) for each in zip(arrays, chunks, strict=True)]
-    return [*map(_looked_back, arrays, stored)] if looks_back else stored
+    return [_stored(*each, found) for each in zip(arrays, chunks, strict=True)]
 
 
 def _stored(array: Storing, chunk: Shape, found: Iterator[Any]) -> Stored:
